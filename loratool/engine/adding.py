@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from loratool.engine import grid
 from loratool.engine.merging import AddDeltas
-from loratool.engine.products import TOGETHER, Products, look
+from loratool.engine.products import TOGETHER, Products, Wanted, look
 from loratool.engine.rounders import Exact, Nearest, differing
 from loratool.linalg import rounding
 
@@ -53,86 +51,93 @@ class AddInPieces(AddDeltas):
         self, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor
     ) -> bool:  # fmt: skip
         """False if the base holds a -0, or the output what is not finite: `run` sees which."""
-        kept: list[torch.Tensor] = []
-        if isinstance(self.rounder, Exact):
-            self._add_exactly(self.rounder, piece, inputs[0], out, kept)
-        elif self._products is not None and out.dtype != torch.float16:
-            self._sum_together(piece, inputs, out, kept)
+        base, sums = inputs[0], list[torch.Tensor]()
+        bits = self.env.scratch.bits(base) if base.dtype == out.dtype else base
+        kept = self._kept(piece)
+        rows = Wanted.of(kept, piece[0].start, self.rows_kept.stride)
+        if self._products is not None and self.rounder.rounds_as_torch:
+            acc, starts = self._take_acc(_runs(piece)), _starts(piece)
+            is_simple, ends, sums = self._products.merge(base, bits, acc, out, starts, rows)
         else:
-            for at, run in _runs(piece):
-                acc = self._sum_together(run, [one[at] for one in inputs], None, kept)
-                rounding.round_into(out[at], acc)
-        at_stake = [block for block in piece if self._keeps(block)]
-        is_simple, ends = look(inputs[0], out, at_stake, piece[0].start, self.rows_kept.stride)
+            if isinstance(self.rounder, Exact):
+                self._add_exactly(self.rounder, piece, base, out, sums)
+            else:
+                self._add_nearest(piece, inputs, out, sums)
+            is_simple, ends = look(base, bits, out, rows)
         if is_simple:
-            for block, sums, old, new in zip(at_stake, kept, ends[::2], ends[1::2], strict=True):
-                self.rows_kept.put(block.index, old, sums, new)
+            for block, old, made, new in zip(kept, ends[::2], sums, ends[1::2], strict=True):
+                self.rows_kept.put(block.index, old, made, new)
         return is_simple
+
+    def _add_nearest(
+        self, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor,
+        sums: list[torch.Tensor],
+    ) -> None:  # fmt: skip
+        """Any changes, or any rounding; what is to be kept of the sums goes into ``sums``."""
+        for run in _runs(piece):
+            at, acc = _elements(run, piece), self._take_acc([run])
+            if self._products is not None:
+                sums += self._products.add(inputs[0][at], acc, _starts(run), self._wanted(run))
+            else:
+                rounding.widen_into(acc[0], inputs[0][at])
+                for block in run:
+                    blocks = [_matrix(block, one, piece) for one in inputs]
+                    self.add_changes(_matrix(block, acc[0], run), block, blocks, self.deltas)
+                stride = self.rows_kept.stride
+                sums += [_matrix(b, acc[0], run)[-b.r0 % stride :: stride].clone()
+                         for b in self._kept(run)]  # fmt: skip
+            rounding.round_into(out[at], acc[0])
 
     def _add_exactly(
         self, rounder: Exact, piece: list[grid.Block], base: torch.Tensor, out: torch.Tensor,
-        kept: list[torch.Tensor],
+        sums: list[torch.Tensor],
     ) -> None:  # fmt: skip
         """Round sums where float32 decides, and look again at all others together."""
         assert self._products is not None
         take, device, open_ = self.env.scratch.take, self.env.device, []
-        for at, run in _runs(piece):
-            acc = self._sum_together(run, [base[at]], None, kept)
+        for run in _runs(piece):
+            at, acc, starts = _elements(run, piece), self._take_acc([run]), _starts(run)
+            sums += self._products.add(base[at], acc, starts, self._wanted(run))
             work = take("work", (2, max(block.numel for block in run)), torch.float32, device)
-            high = take("high", (1, len(acc)), out.dtype, device)[0]
-            self._products.bound(base[at], acc, work, out[at], high, _rows(run),
+            high = take("high", (1, acc.shape[1]), out.dtype, device)[0]
+            self._products.bound(base[at], acc[0], work, out[at], high, starts,
                                  rounder.single_unit)  # fmt: skip
             open_.append(differing(out[at], high) + at.start)
         rows = [one.view(-1, self.step.view[1]) for one in (base, out)]
         rounder.look_again(_as_one(piece), rows[:1], rows[1], torch.cat(open_))
 
-    def _sum_together(
-        self, blocks: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor | None,
-        kept: list[torch.Tensor],
-    ) -> torch.Tensor:  # fmt: skip
-        """W + Σ deltas of neighbouring blocks, into ``out`` or, if None, into the scratch returned.
-
-        What is to be kept of the sums is added to ``kept``.
-        """
-        sizes = [sum(block.numel for block in run) for _, run in _runs(blocks)]
+    def _take_acc(self, runs: list[list[grid.Block]]) -> torch.Tensor:
+        """Scratch (1, n) for the sums of the largest."""
         dtype = torch.float32 if isinstance(self.rounder, Exact) else self.dtype
-        acc = self.env.scratch.take("acc", (1, max(sizes)), dtype, self.env.device)
-        stride = self.rows_kept.stride
-        if self._products is not None:
-            firsts = [block.r0 for block in blocks if self._keeps(block)]
-            kept += self._products.add(inputs[0], acc, out, _rows(blocks), firsts, stride)
-            return acc[0]
-        acc = acc[0]
-        rounding.widen_into(acc, inputs[0])
-        for block in blocks:
-            sums = _matrix(block, acc, blocks)
-            self.add_changes(sums, block, [_matrix(block, one, blocks) for one in inputs],
-                             self.deltas)  # fmt: skip
-            if self._keeps(block):
-                kept.append(sums[-block.r0 % stride :: stride].clone())
-        return acc
+        size = max(sum(block.numel for block in run) for run in runs)
+        return self.env.scratch.take("acc", (1, size), dtype, self.env.device)
 
-    def _keeps(self, block: grid.Block) -> bool:
-        return self.rows_kept.takes(block.index)
+    def _kept(self, blocks: list[grid.Block]) -> list[grid.Block]:
+        return [block for block in blocks if self.rows_kept.takes(block.index)]
+
+    def _wanted(self, run: list[grid.Block]) -> Wanted:
+        return Wanted.of(self._kept(run), run[0].start, self.rows_kept.stride)
 
 
-def _runs(piece: list[grid.Block]) -> Iterator[tuple[slice, list[grid.Block]]]:
-    """Blocks that go together, and where their elements lie in a buffer of the piece."""
-    for i in range(0, len(piece), TOGETHER):
-        run = piece[i : i + TOGETHER]
-        start = run[0].start - piece[0].start
-        yield slice(start, start + sum(block.numel for block in run)), run
+def _runs(piece: list[grid.Block]) -> list[list[grid.Block]]:
+    """Blocks that go together."""
+    return [piece[i : i + TOGETHER] for i in range(0, len(piece), TOGETHER)]
 
 
-def _rows(run: list[grid.Block]) -> list[int]:
-    """Where blocks begin, and where the last one ends."""
-    return [*(block.r0 for block in run), run[-1].r1]
+def _starts(blocks: list[grid.Block]) -> list[int]:
+    """Rows of W at which blocks begin, and where the last one ends."""
+    return [*(block.r0 for block in blocks), blocks[-1].r1]
+
+
+def _elements(run: list[grid.Block], piece: list[grid.Block]) -> slice:
+    """Where blocks of a piece lie in a flat buffer of it."""
+    start = run[0].start - piece[0].start
+    return slice(start, start + sum(block.numel for block in run))
 
 
 def _matrix(block: grid.Block, buffer: torch.Tensor, piece: list[grid.Block]) -> torch.Tensor:
-    """A block (rows, cols) in a flat buffer of neighbouring ones."""
-    start = block.start - piece[0].start
-    return buffer[start : start + block.numel].view(block.r1 - block.r0, -1)
+    """A block (rows, cols) in a flat buffer of a piece."""
+    return buffer[_elements([block], piece)].view(block.r1 - block.r0, -1)
 
 
 def _as_one(piece: list[grid.Block]) -> grid.Block:

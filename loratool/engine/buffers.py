@@ -109,8 +109,16 @@ class Scratch(threading.local):
         self._tensors: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}  # the last
 
+        self._bits: tuple[torch.Tensor, torch.Tensor] | None = None  # the last
+
     def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
         return Scratch, ()
+
+    def bits(self, values: torch.Tensor) -> torch.Tensor:
+        """A buffer as signed integers of the same size: mostly that of the piece before."""
+        if self._bits is None or self._bits[0] is not values:
+            self._bits = values, values.view(INTEGERS[values.element_size()])
+        return self._bits[1]
 
     def take(
         self, role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, update_wrapper
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -22,17 +22,21 @@ class OneCall(Generic[P, R]):
 
     Args:
         function: in what TorchScript knows of Python; its annotations say ``Tensor`` and
-            ``list[int]``, and no names of other modules but ``torch``.
+            ``list[int]``, and it names nothing but ``torch`` and what it uses.
+        uses: others of this kind that it calls.
     """
 
-    def __init__(self, function: Callable[P, R]) -> None:
+    def __init__(self, function: Callable[P, R], uses: Sequence[OneCall[..., Any]] = ()) -> None:
         self.function = function
+        self.uses = uses
         update_wrapper(self, function)
 
     @cached_property
     def _compiled(self) -> Callable[P, R] | None:
         try:
-            unit = torch.jit.CompilationUnit(inspect.getsource(self.function).partition("\n")[2])
+            every: list[OneCall[..., Any]] = [*self.uses, self]
+            sources = [inspect.getsource(one.function) for one in every]
+            unit = torch.jit.CompilationUnit("\n".join(s[s.index("def ") :] for s in sources))
             made: Callable[P, R] = getattr(unit, self.function.__name__)
         except (AttributeError, OSError, RuntimeError):
             return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from loratool.delta.lowrank import lengths
 from loratool.engine import grid
 from loratool.engine.one_call import OneCall
 from loratool.frozen import Frozen
-from loratool.linalg.rounding import INTEGERS
 
 TOGETHER = 2
 """Blocks that are widened and rounded in one go: sums of more leave the cache."""
@@ -42,44 +42,56 @@ class Products(Frozen, dict=True):
         return None if None in found else cls([one for some in found for one in some or ()], cols)
 
     @cached_property
-    def _places(self) -> tuple[list[int], list[int]]:
-        return [one.top for one in self.all], [one.side for one in self.all]
+    def _lists(self) -> tuple[list[Tensor], list[Tensor], list[float], list[int], list[int]]:
+        return [one.left for one in self.all], [one.right for one in self.all], *self._places
 
     @cached_property
-    def _factors(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        return [one.left for one in self.all], [one.right for one in self.all], self._sizes
-
-    @cached_property
-    def _lengths(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    def _lengths(self) -> tuple[list[Tensor], list[Tensor], list[float], list[int], list[int]]:
         found = [lengths(one.left, one.right) for one in self.all]
-        return [rows for rows, _ in found], [cols for _, cols in found], self._sizes
+        return [rows for rows, _ in found], [cols for _, cols in found], *self._places
 
-    @cached_property
-    def _sizes(self) -> list[float]:
-        return [one.factor for one in self.all]
+    @property
+    def _places(self) -> tuple[list[float], list[int], list[int]]:
+        tops, sides = [one.top for one in self.all], [one.side for one in self.all]
+        return [one.factor for one in self.all], tops, sides
 
-    def add(
-        self, base: Tensor, acc: Tensor, out: Tensor | None, starts: list[int], kept: list[int],
-        stride: int,
-    ) -> list[Tensor]:  # fmt: skip
+    def add(self, base: Tensor, acc: Tensor, starts: list[int], rows: Wanted) -> list[Tensor]:
         """Sum neighbouring blocks of whole rows, each product formed on one of them.
 
         Args:
             base: (n,) those rows of W, any float type.
-            acc: (1, s) float32 or float64 scratch, for `TOGETHER` of the blocks.
-            out: (n,) gets the sums, rounded as torch rounds; None if they are to stay in ``acc``,
-                into which all of the blocks fit then.
+            acc: (1, n) float32 or float64, gets the sums.
             starts: the rows of W at which blocks begin, and where the last one ends.
-            kept: those of them whose sums are wanted.
-            stride: of the rows of W that are wanted of them.
+            rows: those whose sums are wanted.
 
         Returns:
-            (rows, cols) of each block in ``kept``, the type of ``acc``.
+            (rows, cols) of each block in ``rows``, the type of ``acc``.
         """
         return _add(
-            base, acc, acc if out is None else out, out is not None, self.cols, TOGETHER,
-            starts, kept, stride, *self._factors, *self._places,
+            base, acc, acc, False, self.cols, len(starts), starts, rows.firsts, rows.stride,
+            *self._lists,
         )  # fmt: skip
+
+    def merge(
+        self, base: Tensor, bits: Tensor, acc: Tensor, out: Tensor, starts: list[int], rows: Wanted
+    ) -> tuple[bool, list[Tensor], list[Tensor]]:
+        """The same, rounded as torch rounds, and `look`.
+
+        Args:
+            base: as of `add`.
+            bits: as of `look`.
+            acc: scratch for `TOGETHER` of the blocks.
+            out: (n,) gets the numbers.
+            starts: as of `add`.
+            rows: as of `add`.
+
+        Returns:
+            What `add` returns after what `look` does.
+        """
+        is_simple, sums, ends = _merge(
+            base, acc, out, self.cols, TOGETHER, starts, *self._lists, bits, *rows
+        )
+        return is_simple, ends, sums
 
     def bound(
         self, base: Tensor, acc: Tensor, work: Tensor, low: Tensor, high: Tensor,
@@ -96,44 +108,60 @@ class Products(Frozen, dict=True):
             starts: as of `add`.
             unit: how far off a sum may be, in Σ|terms|.
         """
-        _bound(base, acc, work, low, high, self.cols, starts, unit, *self._lengths, *self._places)
+        _bound(base, acc, work, low, high, self.cols, starts, unit, *self._lengths)
 
 
-def look(
-    base: Tensor, out: Tensor, blocks: Sequence[grid.Block], start: int, stride: int
-) -> tuple[bool, list[Tensor]]:
+class Wanted(NamedTuple):
+    """Rows of some blocks of a piece that are wanted.
+
+    Attributes:
+        starts: where the blocks begin in the piece, in elements.
+        firsts: their first rows in W.
+        heights: numbers of rows.
+        widths: of columns.
+        stride: of the rows of W that are wanted.
+    """
+
+    starts: list[int]
+    firsts: list[int]
+    heights: list[int]
+    widths: list[int]
+    stride: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[grid.Block], start: int, stride: int) -> Wanted:
+        """Those of blocks of a piece that begins at element ``start`` of W."""
+        return cls(
+            [block.start - start for block in blocks], [block.r0 for block in blocks],
+            [block.r1 - block.r0 for block in blocks], [block.c1 - block.c0 for block in blocks],
+            stride,
+        )  # fmt: skip
+
+
+def look(base: Tensor, bits: Tensor, out: Tensor, rows: Wanted) -> tuple[bool, list[Tensor]]:
     """See whether a merged piece is as nearly all are, and copy some rows of both.
 
     Args:
         base: (n,) what W was there.
+        bits: the same as integers, of which -0 is the lowest.
         out: (n,) what it has become, finite or not.
-        blocks: whose rows are wanted, whole rows or parts of one.
-        start: of the piece, in elements of W.
-        stride: of the rows of W that are wanted.
+        rows: which.
 
     Returns:
         True if the base holds no -0 that could have lost its sign, and the output neither infinity
         nor NaN; rows of the base and of the output, by turns.
     """
-    bits, lowest = base, 0
-    if out.dtype == base.dtype:
-        bits = base.view(INTEGERS[base.element_size()])
-        lowest = torch.iinfo(bits.dtype).min
-    return _look(
-        base, bits, lowest, out, [block.start - start for block in blocks],
-        [block.r0 for block in blocks], [block.r1 - block.r0 for block in blocks],
-        [block.c1 - block.c0 for block in blocks], stride,
-    )  # fmt: skip
+    return _look(base, bits, out, *rows)
 
 
 @OneCall
 def _look(
-    base: Tensor, bits: Tensor, lowest: int, out: Tensor, starts: list[int], firsts: list[int],
+    base: Tensor, bits: Tensor, out: Tensor, starts: list[int], firsts: list[int],
     heights: list[int], widths: list[int], stride: int,
 ) -> tuple[bool, list[Tensor]]:  # fmt: skip
-    """See `look`; ``lowest`` is what -0 is in ``bits``, 0 where it does not matter."""
+    """See `look`."""
     rows: list[Tensor] = []
-    if lowest != 0 and int(bits.min()) == lowest:
+    if base.dtype == out.dtype and int(bits.min()) == -1 << (8 * bits.element_size() - 1):
         return False, rows
     low, high = torch.aminmax(out)
     if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
@@ -152,7 +180,7 @@ def _add(
     starts: list[int], kept: list[int], stride: int,
     left: list[Tensor], right: list[Tensor], factor: list[float], top: list[int], side: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """See `Products.add`; ``out`` is filled if it ``rounds``."""
+    """See `Products.add` and `Products.merge`; ``out`` is filled if it ``rounds``."""
     rows: list[Tensor] = []
     count = len(starts) - 1
     for i in range(0, count, together):
@@ -176,6 +204,20 @@ def _add(
         if rounds:
             out[at : at + size].copy_(sums)
     return rows
+
+
+@partial(OneCall, uses=[_look, _add])
+def _merge(
+    base: Tensor, acc: Tensor, out: Tensor, cols: int, together: int, starts: list[int],
+    left: list[Tensor], right: list[Tensor], factor: list[float], top: list[int], side: list[int],
+    bits: Tensor, places: list[int], firsts: list[int], heights: list[int], widths: list[int],
+    stride: int,
+) -> tuple[bool, list[Tensor], list[Tensor]]:  # fmt: skip
+    """See `Products.merge`."""
+    sums = _add(base, acc, out, True, cols, together, starts, firsts, stride,
+                left, right, factor, top, side)  # fmt: skip
+    is_simple, ends = _look(base, bits, out, places, firsts, heights, widths, stride)
+    return is_simple, sums, ends
 
 
 @OneCall

@@ -45,6 +45,11 @@ class Nearest:
         """The type sums are formed in."""
         return rounding.accumulation_dtype(self.target)
 
+    @property
+    def rounds_as_torch(self) -> bool:
+        """A copy to the output's type is all there is to it, but for -0."""
+        return type(self) is Nearest and self.target != torch.float16
+
     def round(
         self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
         out: torch.Tensor,

@@ -16,13 +16,13 @@ from torch import Tensor
 import loratool as lt
 from loratool.delta.lowrank import LowRank
 from loratool.delta.placed import Placed
-from loratool.engine import products
+from loratool.engine import grid, products
 from loratool.engine.one_call import OneCall
-from loratool.engine.products import Products
+from loratool.engine.products import Products, Wanted
 from loratool.plan import Region, Span
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
-ALL: list[OneCall[..., object]] = [products._add, products._bound, products._look]
+ALL: list[OneCall[..., object]] = [products._add, products._bound, products._look, products._merge]
 
 
 @OneCall
@@ -114,16 +114,23 @@ def test_products_in_parts_of_a_matrix(places: list[Region], height: int, stride
     out, acc = torch.empty_like(base), torch.empty(1, 2 * height * COLS)
     found = Products.of(deltas, COLS)
     assert found is not None
-    kept = found.add(base.view(-1), acc, out.view(-1), starts, starts[:-1:2], stride)
+    piece = [
+        grid.Block(i, r0, r1, 0, COLS, r0 * COLS) for i, (r0, r1) in enumerate(pairwise(starts))
+    ]
+    wanted = Wanted.of(piece[::2], 0, stride)
+    bits = base.view(-1).view(torch.int16)
+    is_simple, ends, kept = found.merge(base.view(-1), bits, acc, out.view(-1), starts, wanted)
+    assert is_simple
     for i, (r0, r1) in enumerate(pairwise(starts)):
         sums = base[r0:r1].float()
         for delta in deltas:
             delta.add_to(sums, sums, r0, r1, 0, COLS)
         assert torch.equal(sums.bfloat16(), out[r0:r1])
         if i % 2 == 0:
-            assert torch.equal(
-                kept[i // 2], sums[[r - r0 for r in range(r0, r1) if not r % stride]]
-            )
+            rows = slice(-r0 % stride, None, stride)
+            assert torch.equal(kept[i // 2], sums[rows])
+            assert torch.equal(ends[i], base[r0:r1][rows])
+            assert torch.equal(ends[i + 1], out[r0:r1][rows])
 
 
 def test_regions_that_are_no_rectangles() -> None:
