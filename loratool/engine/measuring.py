@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from loratool.engine import grid
 from loratool.engine.buffers import bits_of
 from loratool.engine.step_memory import MEASURED_WHOLE
 from loratool.frozen import Frozen
 from loratool.linalg import rounding
+from loratool.linalg.one_call import OneCall
 from loratool.linalg.rounding import INTEGERS
 
 # In large tensors every eighth row of at most four blocks, and of every second one at most:
@@ -106,22 +109,17 @@ class Sample:
         kept = [self._kept.pop(i) for i in sorted(self._kept)]
         base, acc, out = (_together([rows[i] for rows in kept]) for i in range(3))
         kept.clear()
-        work = base.to(acc.dtype, copy=True)
-        if scale != 1.0:
-            work.mul_(scale)
-        weight_square = _square(work)
-        changed = (
-            count_differing(out, base) if out.dtype == base.dtype else int((acc != work).sum())
-        )
-        torch.sub(acc, work, out=work)
-        delta_square = _square(work)
+        bits = [one.view(INTEGERS[one.element_size()]) for one in (base, out)]
+        delta, sums = _sums(base, acc, out, bits[0], bits[1], scale)
         expected = 0.0, 0.0
         if target == acc.dtype:
             expected = 0.0, 1.0
         elif target is not None:
-            expected = _predict(acc, work, target, unit)
-        error_square = _square(work.copy_(out).sub_(acc))
-        return Measured(acc.numel(), weight_square, delta_square, error_square, changed, *expected)
+            expected = _predict(acc, delta, target, unit)
+        weight_square, delta_square, error_square, changed = sums
+        return Measured(
+            acc.numel(), weight_square, delta_square, error_square, int(changed), *expected
+        )
 
 
 def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -141,12 +139,13 @@ def _predict(
     rows = slice(None, None, len(acc) // height)
     cols = slice(None, None, max(1, acc.shape[1] * height // _ELEMENTS))
     sigma = torch.linalg.vector_norm(delta[rows], dim=1, keepdim=True, dtype=torch.float64)
-    sigma /= math.sqrt(delta.shape[1]) * unit  # (rows, 1)
-    moved = sigma[:, 0] > 0
+    # From here on on the CPU: for so few a GPU would load, even compile, a dozen kernels.
+    sigma, values = sigma.cpu() / (math.sqrt(delta.shape[1]) * unit), acc[rows, cols].cpu() / unit
+    moved = sigma[:, 0] > 0  # (rows, 1)
     share = float(moved.double().mean())
     if share == 0.0:
         return 0.0, 0.0
-    values, sigma = acc[rows, cols][moved] / unit, sigma[moved]
+    values, sigma = values[moved], sigma[moved]
     error, changed = rounding.expected_rounding(values, sigma.expand_as(values), target)
     return error / float(sigma.square().mean()), changed * share
 
@@ -159,8 +158,41 @@ def count_differing(one: torch.Tensor, other: torch.Tensor) -> int:
     return int(torch.count_nonzero(one.view(bits) != other.view(bits)))
 
 
-def _square(matrix: torch.Tensor) -> float:
+@OneCall
+def _square(matrix: Tensor) -> float:
     """Σx², summed in float64 only where float32 cannot hold the squares."""
     flat = matrix.view(-1)
     found = float(torch.dot(flat, flat))
-    return found if 1e-30 < found < math.inf else float(flat.double().square().sum())
+    is_held = found > 1e-30 and found < math.inf
+    return found if is_held else float(flat.double().square().sum())
+
+
+@partial(OneCall, uses=[_square])
+def _sums(
+    base: Tensor, acc: Tensor, out: Tensor, base_bits: Tensor, out_bits: Tensor, scale: float
+) -> tuple[Tensor, list[float]]:
+    """The change, acc - scale · base, and what `Measured` says of all elements together.
+
+    Args:
+        base: (m, n).
+        acc: (m, n).
+        out: (m, n).
+        base_bits: the base as integers.
+        out_bits: the output as integers.
+        scale: of the base.
+
+    Returns:
+        (m, n) of the type of ``acc``; weight, change and error squared, elements that change.
+    """
+    work = torch.empty_like(acc).copy_(out).sub_(acc)
+    error = _square(work)
+    work.copy_(base)
+    if scale != 1.0:
+        work.mul_(scale)
+    weight = _square(work)
+    if out.dtype == base.dtype:
+        changed = torch.count_nonzero(out_bits != base_bits)
+    else:
+        changed = torch.count_nonzero(acc != work)
+    torch.sub(acc, work, out=work)
+    return work, [weight, _square(work), error, float(changed)]

@@ -12,8 +12,8 @@ from torch import Tensor
 from loratool.delta.base import Delta, Product
 from loratool.delta.lowrank import lengths
 from loratool.engine import grid
-from loratool.engine.one_call import OneCall
 from loratool.frozen import Frozen
+from loratool.linalg.one_call import OneCall
 
 TOGETHER = 2
 """Blocks that are widened and rounded in one go: sums of more leave the cache."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from loratool.linalg.draws import uniform
+from loratool.linalg.one_call import OneCall
 
 # dtype -> (significand bits with the hidden one, exponent of the smallest normal number)
 _FORMATS = {
@@ -24,8 +27,6 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not
 _PIECE = 1 << 16  # elements rounded to odd in one go: the temporaries stay in the cache
-_FLAT = 1.3  # from this t on the first term is below 1e-14 of the constant one
-_FOURIER_TERMS = 12  # below t = 0.1 t² takes its place; above, later terms are < 1e-12
 
 
 def accumulation_dtype(target: torch.dtype) -> torch.dtype:
@@ -124,7 +125,12 @@ def ulp(value: torch.Tensor, target: torch.dtype) -> torch.Tensor:
     Returns:
         Same shape and dtype as ``value``; subnormals get the spacing of the smallest normal.
     """
-    bits, min_exponent = _FORMATS[target]
+    return _ulp(value, *_FORMATS[target])
+
+
+@OneCall
+def _ulp(value: Tensor, bits: int, min_exponent: int) -> Tensor:
+    """See `ulp`."""
     exponent = torch.frexp(value)[1] - 1
     exponent = exponent.clamp_min(min_exponent)
     return torch.ldexp(torch.ones_like(value), exponent - bits + 1)
@@ -147,13 +153,21 @@ def expected_rounding(
     Returns:
         (mean square of the rounding error, share of elements that change).
     """
-    spacing = ulp(weight, target).double()
+    return _expected_rounding(weight, sigma, *_FORMATS[target])
+
+
+@partial(OneCall, uses=[_ulp])
+def _expected_rounding(
+    weight: Tensor, sigma: Tensor, bits: int, min_exponent: int
+) -> tuple[float, float]:
+    """See `expected_rounding`."""
+    spacing = _ulp(weight, bits, min_exponent).double()
     t = (sigma.double() / spacing).clamp_min(1e-30)
     square = torch.full_like(t, 1 / 12)
-    is_small = t < _FLAT
+    is_small = t < 1.3  # from there on the first term is below 1e-14 of the constant one
     small = t[is_small]
-    if len(small):
-        k = torch.arange(1, _FOURIER_TERMS + 1, dtype=t.dtype, device=t.device)[:, None]
+    if len(small) > 0:  # below t = 0.1 t² takes its place; above, terms beyond 12 are < 1e-12
+        k = torch.arange(1, 13, dtype=t.dtype, device=t.device)[:, None]
         series = (-1) ** k / (math.pi * k) ** 2 * torch.exp(-2 * (math.pi * k * small) ** 2)
         square[is_small] = torch.where(small < 0.1, small**2, 1 / 12 + series.sum(0))
     changed = torch.erfc(1 / (2 * math.sqrt(2) * t))

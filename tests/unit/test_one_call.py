@@ -16,13 +16,17 @@ from torch import Tensor
 import loratool as lt
 from loratool.delta.lowrank import LowRank
 from loratool.delta.placed import Placed
-from loratool.engine import grid, products
-from loratool.engine.one_call import OneCall
+from loratool.engine import grid, measuring, products
 from loratool.engine.products import Products, Wanted
+from loratool.linalg import rounding
+from loratool.linalg.one_call import OneCall
 from loratool.plan import Region, Span
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
-ALL: list[OneCall[..., object]] = [products._add, products._bound, products._look, products._merge]
+ALL: list[OneCall[..., object]] = [
+    products._add, products._bound, products._look, products._merge,
+    measuring._square, measuring._sums, rounding._ulp, rounding._expected_rounding,
+]  # fmt: skip
 
 
 @OneCall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math  # noqa: F401  (torch looks names of functions up here)
 from collections.abc import Callable, Sequence
 from functools import cached_property, update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -22,7 +23,7 @@ class OneCall(Generic[P, R]):
 
     Args:
         function: in what TorchScript knows of Python; its annotations say ``Tensor`` and
-            ``list[int]``, and it names nothing but ``torch`` and what it uses.
+            ``list[int]``, and it names nothing but ``torch``, ``math`` and what it uses.
         uses: others of this kind that it calls.
     """
 
