@@ -147,7 +147,7 @@ def plan_resources(
     limits = replace(limits, executor=choose_executor(asked.executor, crowded=crowded))
     threads = limits.workers
     if on_gpu and not factors:
-        threads = limits.threads or min(threads, GPU_LANES)
+        threads = limits.threads or min(threads, max(1, GPU_LANES // len(found)))
     elif on_gpu:
         threads = limits.threads or default_threads()
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK

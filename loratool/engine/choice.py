@@ -21,8 +21,9 @@ from loratool.store.reader import FileReader
 
 _MOVING = 0.3e-9  # seconds of a core for a byte: its checksum, the write past the page cache
 _START_S = 2.5  # of a GPU: its context and libraries
-GPU_LANES = 4
-"""Threads beside a GPU that adds: enough to keep the disk busy, and each takes pinned memory."""
+GPU_LANES = 8
+"""Threads beside GPUs that add, of all of them together: so many copy as fast as a machine's memory
+allows, and each takes pinned memory."""
 
 _GAIN = 1.15  # a GPU must be this much faster
 
