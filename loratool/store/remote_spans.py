@@ -1,8 +1,9 @@
 """Reading ahead: what lies close together in a remote file comes in one request.
 
 Who is going to read tensors says so first.  Their byte ranges are joined over small gaps and cut
-into spans of bounded size; a span is fetched whole when its first byte is needed, and kept while
-there is room.  A span that had to go is not fetched again: then each read asks for its own bytes.
+into spans of bounded size; a span is fetched whole when its first byte is needed, those behind it
+meanwhile, and kept while there is room.  A span that had to go is not fetched again: then each read
+asks for its own bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from loratool.location import Location, RemoteFile
 
@@ -31,6 +33,9 @@ class _Span:
         self.start, self.stop = start, stop
         self.lock = threading.Lock()
         self.was_fetched = False
+        self.is_ahead = False  # on its way, or here, before anybody has asked
+        self.left = stop - start  # bytes that nobody has read yet
+        self.is_wanted = True
 
 
 class ReadAhead:
@@ -46,6 +51,9 @@ class ReadAhead:
         self._spans: dict[RemoteFile, list[_Span]] = {}
         self._kept: OrderedDict[_Span, bytes] = OrderedDict()
         self._bytes = 0
+        self._ahead: set[_Span] = set()  # half of the room at most: the rest is being read
+        self._most_ahead = kept_bytes // (2 * SPAN_BYTES)
+        self._pool: ThreadPoolExecutor | None = None
 
     def expect(self, file: RemoteFile, ranges: Iterable[tuple[int, int]]) -> None:
         """Say what will be read of a file: (start, stop) ranges, in any order.
@@ -59,14 +67,17 @@ class ReadAhead:
             for span in kept:
                 span.was_fetched = span in self._kept
             self._spans[file] = kept
-            self._drop(old.values())
+            self._forget(old.values())
 
     def clear(self) -> None:
         """Nothing more will be read."""
         with self._lock:
             for spans in self._spans.values():
-                self._drop(spans)
+                self._forget(spans)
             self._spans.clear()
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         """Bytes of a file.
@@ -96,6 +107,14 @@ class ReadAhead:
         return None, spans[i].start if i < len(spans) else file.size
 
     def _from(self, span: _Span, file: RemoteFile, at: int, until: int) -> bytes:
+        self._hurry(span, file, until - at)
+        data = self._load(span, file)
+        if data is None:
+            return _fetch(file, at, until - at)
+        return data[at - span.start : until - span.start]
+
+    def _load(self, span: _Span, file: RemoteFile) -> bytes | None:
+        """The bytes of a span, None if they had to go."""
         with span.lock:  # the others wait for the one that fetches
             with self._lock:
                 data = self._kept.get(span)
@@ -105,21 +124,43 @@ class ReadAhead:
                 data = _fetch(file, span.start, span.stop - span.start)
                 span.was_fetched = True
                 self._keep(span, data)
-        if data is None:
-            return _fetch(file, at, until - at)
-        return data[at - span.start : until - span.start]
+            return data
+
+    def _hurry(self, span: _Span, file: RemoteFile, count: int) -> None:
+        """Have those behind a span fetched while so many bytes of it are read."""
+        with self._lock:
+            span.left -= count
+            self._ahead.discard(span)
+            spans = self._spans.get(file, [])
+            i = bisect_right(spans, span.start, key=lambda s: s.start)
+            behind = [
+                s for s in spans[i : i + self._most_ahead] if not (s.was_fetched or s.is_ahead)
+            ]
+            for one in behind[: max(0, self._most_ahead - len(self._ahead))]:
+                one.is_ahead = True
+                self._ahead.add(one)
+                self._pool = self._pool or ThreadPoolExecutor(self._most_ahead)
+                self._pool.submit(self._load, one, file)  # who needs it has the error
 
     def _keep(self, span: _Span, data: bytes) -> None:
         with self._lock:
+            if not span.is_wanted:
+                return
             self._kept[span] = data
             self._bytes += len(data)
             while self._bytes > self._most:
-                _, gone = self._kept.popitem(last=False)
-                self._bytes -= len(gone)
+                read = (s for s in self._kept if s.left <= 0)
+                self._drop([next(read, next(iter(self._kept)))])
+
+    def _forget(self, spans: Iterable[_Span]) -> None:
+        for span in spans:
+            span.is_wanted = False
+            self._drop([span])
 
     def _drop(self, spans: Iterable[_Span]) -> None:
         for span in spans:
             self._bytes -= len(self._kept.pop(span, b""))
+            self._ahead.discard(span)
 
 
 def join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

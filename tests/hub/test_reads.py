@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,35 @@ def test_joined_over_gaps_and_cut() -> None:
     assert join([(10, 30), (0, 20)]) == [(0, 30)]
 
 
+def test_what_comes_next_is_fetched_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spans behind one, as many as there is room for; whoever needs a broken one is told."""
+    import threading
+
+    count, together = 7, threading.Barrier(5, timeout=20)
+    asked: list[int] = []
+
+    def read(_file: RemoteFile, start: int, size: int) -> bytes:
+        asked.append(start // SPAN_BYTES)
+        if len(asked) <= 5:
+            together.wait()  # nobody goes on before all five have asked
+        if start // SPAN_BYTES == 6 and threading.current_thread() is not threading.main_thread():
+            raise HubError("LT-750", "broken")
+        return bytes([start // SPAN_BYTES]) * size
+
+    monkeypatch.setattr(remote, "read_range", read)
+    file = RemoteFile("hf://me/x@0", "a", count * SPAN_BYTES)
+    ahead = ReadAhead(kept_bytes=8 * SPAN_BYTES)
+    ahead.expect(file, [(0, file.size)])
+    for k in range(count):
+        while k == 6 and 6 not in asked:  # by another thread
+            time.sleep(0.001)
+        assert ahead.read(file, k * SPAN_BYTES, 3) == bytes([k]) * 3
+    assert sorted(asked[:5]) == [0, 1, 2, 3, 4] and sorted(set(asked)) == list(range(count))
+    assert asked.count(6) == 2 and len(asked) == count + 1
+    ahead.clear()
+    assert ahead._bytes == 0 and not ahead._ahead
+
+
 def test_spans_give_the_bytes_and_stay_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     import random
 
@@ -308,12 +338,14 @@ def test_spans_give_the_bytes_and_stay_within_memory(monkeypatch: pytest.MonkeyP
     ahead = ReadAhead(kept_bytes=2 * SPAN_BYTES)
     ahead.expect(file, [(100, 3 * SPAN_BYTES)])
     places = [(0, 200), (150, 50), (SPAN_BYTES, 300), (SPAN_BYTES - 5, 2 * SPAN_BYTES),
-              (3 * SPAN_BYTES - 1, 101), (120, 10), (7, 0)]  # fmt: skip
+              (3 * SPAN_BYTES - 1, 101), (120, 10), (SPAN_BYTES + 120, 10),
+              (2 * SPAN_BYTES + 120, 10), (7, 0)]  # fmt: skip
     for start, count in places:
         assert ahead.read(file, start, count) == content[start : start + count]
-        assert sum(map(len, ahead._kept.values())) == ahead._bytes <= 2 * SPAN_BYTES
+        with ahead._lock:
+            assert sum(map(len, ahead._kept.values())) == ahead._bytes <= 2 * SPAN_BYTES
     spans = [(start, count) for start, count in asked if count > 1000]
     assert len(spans) == len(set(spans)) == 3  # each once
-    assert asked[-1] == (120, 10)  # the first span had to go
+    assert any(count == 10 for _, count in asked)  # one of them had to go
     ahead.clear()
     assert ahead._bytes == 0
