@@ -18,6 +18,18 @@ def usual_encoder(component: str) -> str:
     return _ENCODERS.get(component, "clip_l")
 
 
+def is_untold(table: Table, component: str, family: str) -> bool:
+    """True for a second CLIP, where a dialect names no parts: all it has are names of the first.
+
+    Args:
+        table: of the dialect.
+        component: that a change is of, a key of `diffusion.json`.
+        family: of its module, "" = unknown.
+    """
+    is_second = is_text(component) and (family or usual_encoder(component)) == _ENCODERS["te2"]
+    return is_second and not any(c.name for c in table.components)
+
+
 def slot_of(table: Table, component: str, family: str, main: str, usual: str = "unet") -> str:
     """What a dialect calls the part that a change is of, a name of its components.
 

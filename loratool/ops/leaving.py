@@ -11,6 +11,7 @@ from loratool.bind.user_names import parse_skip, skipped_by
 from loratool.delta.forms import as_pair
 from loratool.dialects.base import Dialect
 from loratool.dialects.rules import is_of_home, passed_on
+from loratool.dialects.slots import is_untold
 from loratool.dialects.stated import saved_without
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
@@ -49,6 +50,12 @@ def unheld(adapter: Adapter, row: Dialect, located: Sequence[Located] = ()) -> d
         ref.name: "a tensor that is no part of a change"
         for ref in passed_on(adapter) if table is None or not table.is_passed(ref.name)
     }  # fmt: skip
+    if table is not None:
+        found |= {
+            one.spec.name: "of a second text encoder, which these names do not tell from the first"
+            for one in located
+            if is_untold(table, one.component, one.place.family if one.place else "")
+        }
     named = {one.spec.name: addressed(one, table) for one in located if table is not None}
     for spec in adapter.specs:
         if why := row.obstacle(_unscaled(as_pair(named.get(spec.name, spec)), row)):

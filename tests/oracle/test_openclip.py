@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 import loratool as lt
@@ -85,3 +86,19 @@ def test_a_second_text_encoder_has_the_names_of_each_program(tmp_path: Path) -> 
         assert load_file(str(back)).keys() == load_file(str(source)).keys()
         (found,) = (m.delta().numpy() for m in lt.open(back) if "text_projection" in m.name)
         assert close(found, change)
+
+
+def test_names_without_parts_do_not_make_a_first_encoder_of_it(tmp_path: Path) -> None:
+    """LyCORIS' own names say of no encoder which it is: a base would take them for CLIP-L's."""
+    stem = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    rng = np.random.default_rng(3)
+    tensors = {f"{stem}.lora_up.weight": numbers(rng, 4 * D, 2), f"{stem}.lora_down.weight":
+               numbers(rng, 2, D)}  # fmt: skip
+    source, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, str(source))
+    with pytest.raises(lt.LoratoolError, match="second text encoder") as caught:
+        lt.convert([source], to="lycoris", output=out)
+    assert caught.value.code == "LT-494"
+    save_file({k.replace("te2", "te1"): v for k, v in tensors.items()}, str(source))
+    lt.convert([source], to="lycoris", output=out)
+    assert sorted(load_file(str(out)))[0].startswith("lycoris_text_model_encoder_layers_0_mlp_fc1")
