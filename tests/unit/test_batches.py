@@ -29,16 +29,22 @@ CPU = torch.device("cpu")
 
 
 def test_every_matrix_stops_by_itself() -> None:
-    """A flat spectrum takes all steps; what is of low rank keeps what it had after three."""
-    low = (randn(160, 3, seed=1) @ randn(3, 140, seed=2)).float()
+    """A flat spectrum takes more steps; what has a gap keeps what it had after fewer."""
+    low = (randn(160, 3, seed=1) @ randn(3, 140, seed=2) + 0.3 * randn(160, 140, seed=5)).float()
     stack = torch.stack([low, randn(160, 140, seed=3)])
     squares = [square(m) for m in stack]
-    alone = block_lanczos(low[None], 8, seeds=[1], squares=squares[:1])
-    apart = block_lanczos(stack, 8, seeds=[1, 2], squares=squares, each=1)
-    assert alone.steps < apart.steps
-    error = (alone.singular_values[0] - apart.singular_values[0]).abs().max()
-    assert float(error) <= floor(low)
-    assert not apart.image[0].equal(block_lanczos(stack, 8, seeds=[1, 2], squares=squares).image[0])
+
+    def values(count: int, each: int | None = None) -> tuple[torch.Tensor, int]:
+        found = block_lanczos(
+            stack[:count], 4, seeds=[1, 2][:count], squares=squares[:count], each=each,
+            tolerance=3e-3,
+        )  # fmt: skip
+        return found.singular_values[0], found.steps
+
+    (alone, few), (apart, more), (joint, _) = values(1), values(2, each=1), values(2)
+    assert few < more
+    assert float((alone - apart).abs().max()) <= floor(low)
+    assert float((alone - joint).abs().max()) > 10 * floor(low)  # one more step shows
 
 
 def test_a_module_that_needs_more_does_not_change_the_others() -> None:
