@@ -16,14 +16,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loratool as lt
-from loratool.adapter import JoinedRef
+from loratool.adapter import JoinedRef, TensorRef
 from loratool.archs.families import places
 from loratool.bind.seen import in_layout_of
+from loratool.dtypes import numel
+from loratool.frozen import replace
 from loratool.plan import Plan, Step, TensorSpec
-from loratool.store.checkpoint import open_checkpoint
+from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.reader import FileReader, read_bytes
 from loratool.wire import dump, load
 from tests.oracle.kohya_files import Array
+from tests.unit.test_families import MAPS
 
 D = 16
 Layout = dict[str, Array]
@@ -227,6 +230,52 @@ def test_a_residual_needs_one_layout(tmp_path: Path) -> None:
         lt.extract(tuned["single"], base=base["pipe"], output=tmp_path / "lora",
                    save_residual=tmp_path / "rest.safetensors")  # fmt: skip
     assert caught.value.code == "LT-427"
+
+
+PARTS = {"unet": "unet", "te": "text_encoder", "te0": "text_encoder", "te1": "text_encoder_2"}
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sd21", "sdxl_base"])
+def test_every_tensor_of_the_unets_by_a_map_that_nobody_here_wrote(arch: str) -> None:
+    """Which bytes are whose: no file is needed to see that."""
+    at, single, folder = 0, {}, {}
+
+    def put(name: str, rows: int) -> TensorRef:
+        nonlocal at
+        is_weight = name.endswith("weight") and "norm" not in name
+        shape = (rows, 8) if is_weight or name.endswith("text_projection") else (rows,)
+        at += 1 << 12
+        return TensorRef(Path("model"), name, "F16", shape, at, 2 * numel(shape))
+
+    def called(name: str) -> str:
+        part, _, rest = name.partition("_")
+        return f"{PARTS[part]}.{rest}"
+
+    for name, other in MAPS[arch]["pairs"].items():
+        single[name] = put(name, 8)
+        folder[called(other)] = single[name]
+    for name, parts in MAPS[arch]["fused_cat"].items():
+        single[name] = whole = put(name, 8 * len(parts["cat"]))
+        each = whole.nbytes // len(parts["cat"])
+        for number, other in enumerate(parts["cat"]):
+            folder[called(other)] = replace(
+                whole, start=whole.start + number * each, nbytes=each, shape=(8, *whole.shape[1:])
+            )
+    found = {
+        "single": Checkpoint(Path("model"), False, (), single),
+        "folder": Checkpoint(Path("pipe"), True, (), folder, components=tuple(PARTS.values())),
+    }
+    assert len(folder) > 800
+    for one, other in (("single", "folder"), ("folder", "single")):
+        seen = in_layout_of(found[one], found[other])
+        assert seen is not None and not seen.unnamed and not seen.absent
+        for name, ref in found[other].tensors.items():
+            got = seen.tensors[name]
+            parts = sorted(got.ranges(), key=lambda part: part[1])
+            assert (parts[0][1], sum(n for *_, n in parts)) == (ref.start, ref.nbytes), name
+            assert got.shape == ref.shape and got.dtype == ref.dtype
+            if isinstance(got, JoinedRef) and len(got.pieces) > 1:
+                assert list(got.ranges()) == parts, name
 
 
 def original(family: str, model: Mapping[str, Any]) -> dict[str, list[int]]:
