@@ -156,7 +156,7 @@ class ArrangedRef(TensorRef):
 class JoinedRef(TensorRef):
     """A tensor whose rows lie in other tensors, one piece after another.
 
-    ``file`` and ``start`` are those of the first piece.
+    ``file`` and ``start`` are where the first piece lies.
 
     Attributes:
         pieces: (tensor, first byte, bytes) in the order of the rows; all of one type.

@@ -201,8 +201,8 @@ def joined(name: str, rows: Sequence[tuple[TensorRef, Rows | None]]) -> TensorRe
     first, total = rows[0][0], sum(nbytes for _, _, nbytes in pieces)
     row = first.nbytes // first.shape[0] if first.shape[0] else 0
     shape = (total // row if row else 0, *first.shape[1:])
-    return JoinedRef(first.file, name, first.dtype, shape, first.start, total, first.stamp,
-                     pieces=tuple(pieces))  # fmt: skip
+    return JoinedRef(first.file, name, first.dtype, shape, first.start + pieces[0][1], total,
+                     first.stamp, pieces=tuple(pieces))  # fmt: skip
 
 
 def turned(ref: TensorRef) -> TensorRef | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from loratool.adapter import ArrangedRef, CodedRef, JoinedRef, Source, Stamp, TensorData, TensorRef
 from loratool.dtypes import DTYPES
@@ -288,9 +289,17 @@ class FileReader:
 
 def are_of_one_file(refs: Sequence[TensorRef]) -> bool:
     """True for the same bytes of remote files whose content is known to be one: not to be read."""
-    places = {(f.content, r.start) if isinstance(f := r.file, RemoteFile) and f.content else None
-              for r in refs}  # fmt: skip
+    places = {_place_in_content(ref) for ref in refs}
     return len(places) == 1 and None not in places
+
+
+def _place_in_content(ref: TensorRef) -> tuple[Any, ...] | None:
+    """Which bytes of which content a tensor is, and in what order; None where that is not known."""
+    file = ref.file
+    if not isinstance(file, RemoteFile) or not file.content or isinstance(ref, JoinedRef):
+        return None
+    order = (ref.laid, ref.axes) if isinstance(ref, ArrangedRef) else ()
+    return file.content, ref.start, order
 
 
 def have_same_bytes(sources: Sequence[Source], reader: FileReader | None = None) -> bool:

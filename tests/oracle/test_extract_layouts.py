@@ -18,12 +18,13 @@ from safetensors.numpy import load_file, save_file
 import loratool as lt
 from loratool.adapter import JoinedRef, TensorRef
 from loratool.archs.families import places
-from loratool.bind.seen import in_layout_of
+from loratool.bind.seen import in_layout_of, joined, turned
 from loratool.dtypes import numel
 from loratool.frozen import replace
+from loratool.location import RemoteFile
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
-from loratool.store.reader import FileReader, read_bytes
+from loratool.store.reader import FileReader, are_of_one_file, read_bytes
 from loratool.wire import dump, load
 from tests.oracle.kohya_files import Array
 from tests.unit.test_families import MAPS
@@ -177,6 +178,17 @@ def test_pieces_travel_between_processes(tmp_path: Path) -> None:
                 reader.read_into(ref, start, memoryview(part))
                 assert part == whole[start : start + len(part)]
                 assert sum(n for *_, n in ref.ranges(start, start + len(part))) == len(part)
+
+
+def test_other_bytes_of_one_remote_file_are_no_equal_ones() -> None:
+    """Halves and axes that change places begin where the tensor begins."""
+    file = RemoteFile("hf://me/model@0", "model.safetensors", 1 << 20, digest="a" * 64)
+    plain = TensorRef(file, "w", "F32", (8, 8), 100, 256)
+    swapped, across = joined("w", [(plain, (4, 8)), (plain, (0, 4))]), turned(plain)
+    assert across is not None and are_of_one_file([plain, plain])
+    assert are_of_one_file([across, across])
+    for other in (swapped, across, joined("w", [(plain, (0, 4)), (plain, (0, 4))])):
+        assert not are_of_one_file([plain, other])
 
 
 def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
