@@ -84,6 +84,7 @@ def detect(candidate: Candidate) -> Dialect:
         "LT-400", "not an adapter that loratool knows", file=candidate.path,
         expected=", ".join(row.title for row in DIALECTS if row.is_read),
         got=f"tensors such as {shown}" if shown else "no tensors",
+        hint="if it is a model, --base names it" if shown else None,
     )  # fmt: skip
 
 

@@ -5,8 +5,10 @@ It has names, parents and suffixes as any path has; nothing of it lies on this m
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from loratool.errors import BadFileError, OutputError, UsageError
 from loratool.lazy import regex
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 else:
     _Path = type(Path())
 
+_PAGE = regex(
+    r"https?://(www\.)?(huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(/(blob|resolve|tree)/(?P<rev>[^/?#]+)(?P<sub>/[^?#]*?)?)?/?([?#].*)?"
+)
 _SCHEME = regex(r"[a-z][a-z0-9+.-]+:")
 _NO_STORES = ("data", "file", "hf", "http", "https", "local")
 """Schemes of fsspec's that are a disk, the Hub (``loratool push``), or read alone."""
@@ -75,6 +81,15 @@ def address_of(text: str | Path) -> Address | None:
             hint="the driver takes it from its own variables or files; and change this password",
         )  # fmt: skip
     return Address(*path.parts)
+
+
+def meant_by(text: str) -> str | None:
+    """A hint for a web address of the Hub or a ``file://`` one; None for any other."""
+    found = unquote(text.removeprefix("file://")) if text.startswith("file:///") else ""
+    if page := _PAGE.fullmatch(text):
+        revision = "" if page["rev"] in (None, "main") else f"@{page['rev']}"
+        found = f"hf://{page['repo']}{revision}{(page['sub'] or '').rstrip('/')}"
+    return f"did you mean {shlex.quote(found)}?" if found else None
 
 
 def refuse_elsewhere(path: Path) -> None:

@@ -22,6 +22,11 @@ _FOREIGN: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (regex(rb"\x89HDF"), "an HDF5 file", "convert it to safetensors"),
     (regex(rb"PK(\x03\x04|\x05\x06)"), "a zip archive", "unpack it first"),
     (regex(rb"\s*\{"), "a JSON text", "name the weights file, not its index or config"),
+    (
+        regex(rb"[\t\n\r -~]{9,}\Z"),
+        "a text",
+        "look into it: of a download that failed it is what the server said",
+    ),
 )
 # Protocol 2 to 5 begin with a marker; 0 and 1 with an opcode that builds or imports something.
 _PICKLE = regex(rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(\]}][dlpqt(]|\(i[\w.]+\n")

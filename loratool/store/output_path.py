@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,8 @@ def check_place(path: Path) -> None:
         if not path.parent.is_dir():
             raise DiskError(
                 "LT-602", "the output's folder does not exist", file=path.parent,
-                hint=_UPLOAD if _SCHEME.fullmatch(path.parts[0]) else None,
+                hint=_UPLOAD if _SCHEME.fullmatch(path.parts[0])
+                else f"mkdir -p {shlex.quote(str(path.parent))}",
             )  # fmt: skip
         if path.is_symlink():
             to = f"link to {path.readlink()}"

@@ -12,9 +12,12 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from loratool.location import Location, RemoteFile
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 GAP_BYTES = 64 << 10
 """Read over rather than around: about what the way there and back costs."""
@@ -139,8 +142,13 @@ class ReadAhead:
             for one in behind[: max(0, self._most_ahead - len(self._ahead))]:
                 one.is_ahead = True
                 self._ahead.add(one)
-                self._pool = self._pool or ThreadPoolExecutor(self._most_ahead)
+                self._pool = self._pool or self._threads()
                 self._pool.submit(self._load, one, file)  # who needs it has the error
+
+    def _threads(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor  # files of this machine need none
+
+        return ThreadPoolExecutor(self._most_ahead)
 
     def _keep(self, span: _Span, data: bytes) -> None:
         with self._lock:

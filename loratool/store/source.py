@@ -246,7 +246,7 @@ def resolve(
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
     if match is None or not may_be_hub or Path(match["owner"]).is_dir():
-        hint = _FETCH if _ADDRESS.match(text) else _near(path)
+        hint = _near_address(text) if _ADDRESS.match(text) else _near(path)
         if match is not None and may_be_hub:
             hint = f"the folder {match['owner']} exists, so a path is meant; else write hf://{text}"
         raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)
@@ -305,6 +305,12 @@ def _from_store(text: str, kind: str, reach: Reach) -> Resolved | None:
 
     path, folder = fetch(address, kind, reach)
     return Resolved(path, path.name, origin=address, remote=folder)
+
+
+def _near_address(text: str) -> str:
+    from loratool.store.address import meant_by
+
+    return meant_by(text) or _FETCH
 
 
 def _near(path: Path) -> str | None:

@@ -146,6 +146,8 @@ ROWS = (
         got="web page", hint="download"),
     Row("30-lfs-pointer", raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9"),
         "LT-302", expected="safetensors", got="LFS pointer", hint="git lfs pull"),
+    Row("30-message", raw(b"Entry not found"), "LT-302", expected="safetensors", got="a text",
+        hint="what the server said"),
     Row("30-zip", raw(zipped("weights.npy")), "LT-302", expected="safetensors", got="zip archive"),
     Row("30-gguf", raw(b"GGUF\3\0\0\0" + bytes(60)), "LT-302", expected="safetensors", got="GGUF"),
     Row("30-pickle", raw(pickle.dumps({"w": [1, 2]})), "LT-900", expected="safetensors",

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.errors import HubError, LoratoolError, UsageError
+from loratool.errors import BadFileError, HubError, LoratoolError, UsageError
 from loratool.store import hub, hub_fetch, hub_listing, source
 from loratool.store.header import build_header
 from loratool.store.hub_files import adapter_files, base_files
@@ -584,3 +584,20 @@ def test_no_adapter(here: Path) -> None:
     (here / "p" / "training_args.bin").write_bytes(b"\x80\x02.")
     error = refuse(lambda: find_adapter(here / "p"), "LT-903", "adapter_model.bin", exit_code=9)
     assert error.got == "adapter_model.bin"
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("https://huggingface.co/me/style", "hf://me/style"),
+        ("https://hf.co/me/style/tree/main/", "hf://me/style"),
+        ("https://huggingface.co/me/style/tree/v2", "hf://me/style@v2"),
+        ("https://huggingface.co/me/x/resolve/main/a/b.safetensors?download=true",
+         "hf://me/x/a/b.safetensors"),
+        ("file:///tmp/my%20style", "'/tmp/my style'"),
+    ],
+)  # fmt: skip
+def test_addresses_that_stand_for_others(typed: str, meant: str) -> None:
+    with pytest.raises(BadFileError) as caught:
+        resolve(typed, kind="any")
+    assert (caught.value.code, caught.value.hint) == ("LT-300", f"did you mean {meant}?")
