@@ -13,7 +13,6 @@ from loratool.delta.forms import has_diagonal
 from loratool.dialects.peft.keys import living_names
 from loratool.dialects.programs.base import RAISES, UNSURE, WRONG, Hit, Rule, Test
 from loratool.dialects.programs.look import Look, once
-from loratool.dialects.stated import from_base
 from loratool.errors import list_some
 
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -93,9 +92,13 @@ def layers(adapter: Adapter) -> str:
 
 def base_changes(look: Look) -> Iterable[Hit]:
     """PiSSA and its kin."""
-    specs = from_base(read(look)).specs
-    found = sorted({s.base_change for s in specs if s.base_change})
-    names = tuple(s.name for s in specs if s.base_change)
+    adapter = read(look)
+    if adapter.replacements:
+        from loratool.dialects.stated import from_base
+
+        adapter = from_base(adapter)
+    found = sorted({s.base_change for s in adapter.specs if s.base_change})
+    names = tuple(s.name for s in adapter.specs if s.base_change)
     return [Hit(names, f"{list_some(found)} changes the base")] if found else []
 
 
