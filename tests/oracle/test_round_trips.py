@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "wan": {
         "blocks.0.self_attn.q": (16, 16), "blocks.0.cross_attn.k_img": (16, 16),
         "blocks.3.ffn.0": (32, 16), "head.head": (8, 16), "text_embedding.0": (16, 8),
+        "face_adapter.fuser_blocks.1.linear1_kv": (32, 16),  # Wan-Animate
+        "face_adapter.fuser_blocks.0.linear1_q": (16, 16),
     },
     "z_image": {
         "layers.0.attention.qkv": (48, 16), "layers.0.attention.out": (16, 16),

@@ -331,6 +331,8 @@ SAMPLES = (
     Sample("diffusers", "wan-no-alpha", "raises", without(wan_block, "ffn_2.alpha"), wan_block),
     Sample("diffusers", "wan-vace", "raises", {**pair(WAN),
            **pair("diffusion_model.vace_blocks.0.self_attn.q")}, pair(WAN)),
+    Sample("diffusers", "wan-animate", "raises", {**pair(WAN), **pair(
+           "diffusion_model.face_adapter.fuser_blocks.0.linear1_q")}, pair(WAN)),
     Sample("diffusers", "wan-diff", "dropped", {**pair(WAN),
            "diffusion_model.blocks.0.norm3.diff": (8,)}, pair(WAN)),
     Sample("diffusers", "krea-alpha", "raises", pair(KREA, how="A+"), pair(KREA, how="A")),
