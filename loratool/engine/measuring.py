@@ -109,8 +109,11 @@ class Sample:
         kept = [self._kept.pop(i) for i in sorted(self._kept)]
         base, acc, out = (_together([rows[i] for rows in kept]) for i in range(3))
         kept.clear()
-        bits = [one.view(INTEGERS[one.element_size()]) for one in (base, out)]
-        delta, sums = _sums(base, acc, out, bits[0], bits[1], scale)
+        bits = base, out
+        if base.dtype == out.dtype:
+            as_bits = INTEGERS[base.element_size()]
+            bits = base.view(as_bits), out.view(as_bits)
+        delta, sums = _sums(base, acc, out, *bits, scale)
         expected = 0.0, 0.0
         if target == acc.dtype:
             expected = 0.0, 1.0
@@ -177,8 +180,8 @@ def _sums(
         base: (m, n).
         acc: (m, n).
         out: (m, n).
-        base_bits: the base as integers.
-        out_bits: the output as integers.
+        base_bits: the base as integers, if both are of one type.
+        out_bits: likewise.
         scale: of the base.
 
     Returns:
