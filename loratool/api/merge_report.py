@@ -33,8 +33,11 @@ def merge_report(
     from loratool.ops.loss import module_losses
 
     plan = job.merge.plan
-    sizes = {s.output.name: s.output.numel for s in plan.steps}
+    names = job.full_names
+    sizes = {names[i]: s.output.numel for i, s in enumerate(plan.steps)}
     results = [plain_result(r) for r in results]
+    if not run_notes:  # else they are not in the order of the plan
+        results = _under_full_names(results, job)
     sums = [r for r in results if "delta_square" in r]
     summed = [r for r in sums if r["delta_square"] > 0]
     modules, total = module_losses(summed, sizes)
@@ -74,6 +77,18 @@ def merge_report(
         plan=Plain(plan.to_json()) if dry_run else None,
         **extra,
     )  # fmt: skip
+
+
+def _under_full_names(results: Sequence[dict[str, Any]], job: MergeJob) -> list[dict[str, Any]]:
+    """Results by checkpoint-wide names: two text encoders have the same ones in their files."""
+    full: dict[str, list[str]] = {}
+    names = job.full_names
+    for i, step in enumerate(job.merge.plan.steps):
+        if not op_of(step).moves_bytes:
+            full.setdefault(step.output.name, []).append(names[i])
+    return [
+        {**r, "name": full[r["name"]].pop(0)} if full.get(r.get("name", "")) else r for r in results
+    ]
 
 
 def plain_result(result: Any) -> dict[str, Any]:

@@ -150,12 +150,14 @@ def restore_job(job: MergeJob, undo: UndoFile, *, reads: bool) -> MergeJob:
                    checkpoint.path, undo)  # fmt: skip
     config = {k: REMOVE if v is None else v for k, v in undo.table.config.items()}
     sidecars, notes = plan_sidecars(checkpoint, config_changes=config)
-    copied = tuple(s.output.name for s in plan.steps if op_of(s).fate == "copied")
-    restored = tuple(s.output.name for s in plan.steps if op_of(s).fate == "changed")
-    merge = replace(job.merge, plan=plan, changed=restored, copied=copied, cast=())
+    job = replace(job, merge=replace(job.merge, plan=plan))
+    left = job.full_names
+    fates = {left[i]: op_of(s).fate for i, s in enumerate(plan.steps)}
+    copied = tuple(name for name, fate in fates.items() if fate == "copied")
+    restored = tuple(name for name, fate in fates.items() if fate == "changed")
     return replace(
         job,
-        merge=merge,
+        merge=replace(job.merge, changed=restored, copied=copied, cast=()),
         record={**job.record, "options": {"undo": file_id(undo.path)}} if job.record else {},
         sidecars=tuple(sidecars),
         sidecar_notes=tuple(notes),
