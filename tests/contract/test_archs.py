@@ -59,6 +59,17 @@ def test_model_types_name_tables() -> None:
     assert len(all_tables()) >= len({t.rules for t in all_tables()})
 
 
+@pytest.mark.parametrize(("model_type", "name"), [
+    ("step3p7", "vision_model.transformer.resblocks.0.attn.in_proj_weight"),
+    ("mistral_large4", "vision_encoder.transformer.layers.0.attention.wq.weight"),
+    ("mistral_large4", "vision_encoder.transformer.layers.0.attention.wk.weight"),
+])  # fmt: skip
+def test_rows_that_transformers_turns_get_no_living_name(model_type: str, name: str) -> None:
+    """It permutes them as it loads: a change of them would be added to other rows."""
+    memory = tables_for(model_type)[-1].to_memory(name)
+    assert "q_proj" not in memory and "k_proj" not in memory and "self_attn" not in memory
+
+
 def test_fused_parts_are_known() -> None:
     for fused in fused_leaves():
         for part in fused.parts:
