@@ -16,6 +16,7 @@ from loratool.api.merge_job import SPLIT, MergeJob, MergeRequest, Operation, pre
 from loratool.api.open_residual import block_elements, check_partner, open_residual
 from loratool.api.session import run_plan
 from loratool.errors import UsageError
+from loratool.frozen import replace
 from loratool.ops.access import Access, locate
 from loratool.ops.combine import combination_args
 from loratool.ops.replay import (
@@ -74,7 +75,8 @@ def verify(asked: Verify) -> VerifyReport:
     plan = plan_verify(job.merge.plan, job.full_names, under_names_of(merged, job.checkpoint))
     resources = plan_resources(plan.plan, asked.take(Run), allow_nonfinite=asked.allow_nonfinite,
                                block_elements=block_elements(request.residual))  # fmt: skip
-    results = run_plan(plan.plan, resources)
+    found = run_plan(plan.plan, resources)
+    results = [replace(r, name=name) for r, name in zip(found, plan.names, strict=True)]
     return _report(job, resolved.label, plan, results, started)
 
 

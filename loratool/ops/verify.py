@@ -20,12 +20,14 @@ class VerifyPlan(Frozen):
 
     Attributes:
         plan: one compare step per tensor that both sides have.
+        names: of these tensors, checkpoint-wide: two text encoders have the same ones in files.
         missing: tensors that merging would write and MERGED lacks.
         unexpected: tensors of MERGED that merging would not write.
         unlike: (tensor, reason) for tensors of another shape or type.
     """
 
     plan: Plan
+    names: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     unlike: tuple[tuple[str, str], ...]
@@ -81,7 +83,7 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
             file=merged.path,
             hint="merge again: the same inputs and options give the same bytes",
         )  # fmt: skip
-    steps: list[Step] = []
+    steps: dict[str, Step] = {}
     missing: list[str] = []
     unlike: list[tuple[str, str]] = []
     ties = find_ties(merged)
@@ -97,18 +99,20 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
             unlike.append((name, f"type {found.dtype}, expected {step.output.dtype}"))
         elif op_of(step).is_proven:
             inputs = (*step.inputs, found)
-            steps.append(replace(step, op="compare_completed", inputs=inputs, shard=-1))
+            steps[name] = replace(step, op="compare_completed", inputs=inputs, shard=-1)
         elif op_of(step).moves_bytes:
-            steps.append(
-                Step("compare_bytes", step.output, (step.inputs[0], found), (1, found.nbytes))
-            )
+            both = step.inputs[0], found
+            steps[name] = Step("compare_bytes", step.output, both, (1, found.nbytes))
         else:
-            steps.append(replace(step, op="compare", inputs=(*step.inputs, found), shard=-1))
+            steps[name] = replace(step, op="compare", inputs=(*step.inputs, found), shard=-1)
     unexpected = set(merged.tensors) - set(names.values())
     copies = _copies(ties, unexpected, merged)
     unexpected -= copies.keys()
-    verify = Plan("verify", (*steps, *copies.values()))
-    return VerifyPlan(verify, tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(unlike))
+    steps |= copies
+    verify = Plan("verify", tuple(steps.values()))
+    return VerifyPlan(
+        verify, tuple(steps), tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(unlike)
+    )
 
 
 def _copies(

@@ -61,6 +61,16 @@ def test_each_has_its_name_and_its_share(dry_run: bool, place: Path) -> None:
     assert report.total.rho == pytest.approx((changes / weights) ** 0.5, rel=1e-3)
 
 
+def test_what_differs_is_named(place: Path) -> None:
+    lt.merge(["a.safetensors"], base="base", output="out")
+    path = "out/text_encoder_2/model.safetensors"
+    tensors = {k: v.copy() for k, v in load_file(path).items()}
+    tensors[f"{Q}.weight"][0, 0] += 1
+    save_file(tensors, path)
+    report = lt.verify("out", base="base", adapters=["a.safetensors"])
+    assert [t.name for t in report.differing] == [f"text_encoder_2.{Q}.weight"]
+
+
 def test_all_of_it_is_counted_when_it_is_taken_out(place: Path) -> None:
     lt.merge(["a.safetensors"], base="base", output="out", save_undo="u.safetensors")
     report = lt.subtract(["a.safetensors"], merged="out", output="back", undo="u.safetensors")
