@@ -96,3 +96,8 @@ class HubReference(Frozen):
     repo_id: str
     revision: str | None
     sub: str = ""
+
+
+def last_name(path: Path) -> str:
+    """The last part of a path; of ``.`` and ``..`` that of the folder that they are."""
+    return path.resolve().name if path.name in ("", "..") else path.name

@@ -17,9 +17,9 @@ from loratool.engine.executors import Name, choose_executor
 from loratool.engine.rows import crowded_bytes, op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.frozen import Frozen, replace
+from loratool.location import last_name
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.options.groups import Crew, Run, Watch, Workers
-from loratool.store.places import last_name
 
 if TYPE_CHECKING:
     from loratool.engine.run import RunOptions

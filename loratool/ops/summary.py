@@ -17,6 +17,7 @@ from loratool.dtypes import DTYPES, numel
 from loratool.errors import LoratoolError, MismatchError
 from loratool.frozen import replace
 from loratool.lazy import regex
+from loratool.location import last_name
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.input_notes import adapter_warnings
 from loratool.options.groups import Read
@@ -25,7 +26,6 @@ from loratool.report.text import plural
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
-from loratool.store.places import last_name
 from loratool.store.source import exists, find_adapter
 
 if TYPE_CHECKING:

@@ -14,11 +14,6 @@ INSIDE = ".loratool-partial"
 _OCTAL = regex(rb"\\([0-7]{3})")
 
 
-def last_name(path: Path) -> str:
-    """The last part of a path; of ``.`` and ``..`` that of the folder that they are."""
-    return path.resolve().name if path.name in ("", "..") else path.name
-
-
 def staging_path(path: Path) -> Path:
     """Where an output grows: beside its place, or inside of a mount point."""
     return path / INSIDE if is_mount(path) else path.with_name(path.name + INSIDE)

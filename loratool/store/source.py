@@ -11,10 +11,9 @@ from urllib.parse import unquote
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
 from loratool.frozen import Frozen, field
 from loratool.lazy import regex
-from loratool.location import HubReference
+from loratool.location import HubReference, last_name
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.contained import typed
-from loratool.store.places import last_name
 from loratool.store.rules import Reach
 
 if TYPE_CHECKING:
