@@ -41,7 +41,7 @@ class AddInPieces(AddDeltas):
 
     def _is_simple(self, out: torch.Tensor) -> bool:
         """Whether `_add` knows the rounding and the type."""
-        if out.is_cuda or not out.is_floating_point():
+        if out.is_cuda or not out.is_floating_point() or out.element_size() == 1:
             return False
         if isinstance(self.rounder, Exact):
             return self._products is not None

@@ -108,7 +108,6 @@ class Scratch(threading.local):
         self._cuts: dict[str, Cut] = {}
         self._tensors: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}  # the last
-
         self._bits: tuple[torch.Tensor, torch.Tensor] | None = None  # the last
 
     def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
