@@ -31,7 +31,7 @@ def usable_cores() -> int:
 def default_threads() -> int:
     """Twice the usable cores, at most 8: while one worker waits another computes.
 
-    More of them wait for the interpreter's lock, beside a GPU too.
+    More of them gain little where a disk or the memory is the limit, and each takes buffers.
     """
     return min(8, 2 * usable_cores())
 

@@ -88,10 +88,7 @@ class Products(Frozen, dict=True):
         Returns:
             What `add` returns after what `look` does.
         """
-        is_simple, sums, ends = _merge(
-            base, acc, out, self.cols, TOGETHER, starts, *self._lists, bits, *rows
-        )
-        return is_simple, ends, sums
+        return _merge(base, acc, out, self.cols, TOGETHER, starts, *self._lists, bits, *rows)
 
     def bound(
         self, base: Tensor, acc: Tensor, work: Tensor, low: Tensor, high: Tensor,
@@ -217,7 +214,7 @@ def _merge(
     sums = _add(base, acc, out, True, cols, together, starts, firsts, stride,
                 left, right, factor, top, side)  # fmt: skip
     is_simple, ends = _look(base, bits, out, places, firsts, heights, widths, stride)
-    return is_simple, sums, ends
+    return is_simple, ends, sums
 
 
 @OneCall
